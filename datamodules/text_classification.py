@@ -234,6 +234,8 @@ class TextClassificationData(TrainingTextData):
         rows = self.drop_bad_rows(split, table, rows, self._bad_texts(table) | bad)
         values = values[rows]
         if split == "train":
+            if self.model_classes is None:
+                labels.refuse_numbers_as_names(str(self.label_column))
             for note in labels.notes:
                 self.findings.add(note)
             if self.class_names:

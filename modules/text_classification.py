@@ -178,7 +178,7 @@ class TextClassifier(AdaptedModule):
         """Set the units of the output layer: the model's units or, in a fit, the units of the data."""
         if stage != "fit" and self.hparams["label_scaling"] is None:
             return
-        known = self.data.label_scaling if isinstance(self.data, HasLabelScaling) else UNSCALED
+        known = self.data.label_scaling if isinstance(self.data, HasLabelScaling) else None
         if self.hparams["label_scaling"] is None and known is not None and known[1] == 0:
             raise ModelError(
                 f"data.label_column: all training labels are {known[0]:g}, so there is nothing to learn. Name another "
@@ -192,11 +192,11 @@ class TextClassifier(AdaptedModule):
         super().on_fit_start()
         if self._score is None or not isinstance(self.data, HasLabelScaling) or self.data.label_scaling is None:
             return
-        if (warning := self._score.warning(*self.data.label_scaling)) is not None:
+        if (warning := self._score.far_mean_warning(*self.data.label_scaling)) is not None:
             _log.warning(warning)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the labels as they are if the checkpoint is from before the key `label_scaling`, and the key is null."""
+        """Set [0, 1] for a checkpoint without `label_scaling`, unless the key is set: older runs used plain labels."""
         is_older = "label_scaling" not in checkpoint["hyper_parameters"]
         if self._score is not None and is_older and not self._has_scaling:
             self.hparams["label_scaling"] = list(UNSCALED)
@@ -232,12 +232,16 @@ class TextClassifier(AdaptedModule):
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        """Return the cross-entropy of a batch, with class weights; in regression the squared error by the variance."""
+        """Return the weighted cross-entropy of a batch, or in a regression the scaled squared error."""
         outputs, label = self(batch), batch["label"]
-        if self._score is not None:
-            return F.mse_loss(outputs / self._score.unit, label / self._score.unit)
         weights = None if self.loss_weights is None else self.loss_weights.to(outputs.device)
-        return F.cross_entropy(outputs, label, weights)
+        return self._losses(outputs, label, weights, "mean")
+
+    def _losses(self, outputs: Tensor, label: Tensor, weights: Tensor | None = None, reduction: str = "none") -> Tensor:
+        """Return cross-entropies, or squared errors over the squared unit of the labels."""
+        if self._score is not None:
+            return F.mse_loss(outputs / self._score.unit, label / self._score.unit, reduction=reduction)
+        return F.cross_entropy(outputs, label, weights, reduction=reduction)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Convert the output layer of a regression to standardized labels, before gradients are clipped."""
@@ -256,11 +260,7 @@ class TextClassifier(AdaptedModule):
     def evaluate(self, stage: Stage, batch: TextBatch, dataloader_idx: int) -> None:
         """Update loss and metrics and, in a test, the confusion matrix."""
         outputs, label = self(batch), batch["label"]
-        if self._score is None:
-            losses = F.cross_entropy(outputs, label, reduction="none")
-        else:
-            losses = F.mse_loss(outputs / self._score.unit, label / self._score.unit, reduction="none")
-        self.update_loss(stage, losses)
+        self.update_loss(stage, self._losses(outputs, label))
         self.update_metrics(stage, outputs, label, set_number=dataloader_idx)
         if stage == "test" and self.class_names:
             self.confusion.update(outputs, label)
@@ -284,7 +284,7 @@ class TextClassifier(AdaptedModule):
         """
         outputs, index = self(batch), batch["index"].tolist()
         if not self.class_names:
-            # The labels may have any unit, so the digits of a float32 count instead of decimal places.
+            # Labels may have any unit, so predictions keep the seven digits of float32, not six decimal places.
             return {"index": index, "prediction": [float(f"{x:.7g}") for x in outputs.tolist()]}
         probabilities = outputs.softmax(-1)
         probability, label = probabilities.max(-1)

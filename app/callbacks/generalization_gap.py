@@ -47,14 +47,14 @@ class GeneralizationGap(L.Callback):
         self._step = -1  # step of the weights that `_held_out` belongs to
         self._held_out: dict[str, float] = {}
         self._trains = False
-        self._validation_rows = 0
+        self._validation_rows = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember that training ran. A finished run that is resumed trains nothing, and keeps its figures."""
         self._trains = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the rows of a validation, whose loaders a test would replace."""
+        """Count the rows of the validation now, since a test removes the loaders of the validation."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ResumableDataModule):
             self._validation_rows = _validation_rows(trainer, data.batch_size)
@@ -89,7 +89,7 @@ class GeneralizationGap(L.Callback):
             return {}
         start = time.perf_counter()
         step, split = trainer.global_step, self._split
-        rows = min(self.rows, self._validation_rows or self.rows)
+        rows = int(min(self.rows, self._validation_rows or self.rows))
         if rows < trainer.world_size:
             _log.info(
                 f"generalization.rows: {counted(rows, 'row')} cannot give a row to each process. No gap is measured."
@@ -139,13 +139,15 @@ class TrainingSample(L.LightningDataModule):
         return self.data.on_after_batch_transfer(batch, dataloader_idx)
 
 
-def _validation_rows(trainer: L.Trainer, batch_size: int) -> int:
+def _validation_rows(trainer: L.Trainer, batch_size: int) -> float:
     """Return the number of rows in a validation of a fit. The last batch of a loader may be smaller than the others."""
     loaders = trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
-    rows = 0
-    for batches, loader in zip(trainer.num_val_batches, loaders, strict=False):  # no batches without a validation
-        most = int(batches) * batch_size * trainer.world_size
+    rows = 0.0
+    for batches, loader in zip(
+        trainer.num_val_batches, loaders, strict=False
+    ):  # Without a validation, num_val_batches is empty.
+        most = batches * batch_size * trainer.world_size
         is_sized = isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized)
         rows += min(most, len(loader.dataset)) if is_sized else most
     return rows

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 # results that compare runs; the results of each category and environment are left out
 RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
 COSTS = ("params/", "adapter/", "time/", "memory/")
-REST = r"params/total|train/.+|train_eval/.+|gap/.+|time/(?!fit_).+"  # not in the closing table, or beside a metric
+NOT_IN_TABLE = r"params/total|train/.+|train_eval/.+|gap/.+|time/(?!fit_).+"  # Absent, or beside a metric.
 
 
 class RunSummary(L.Callback):
@@ -207,7 +207,7 @@ class RunSummary(L.Callback):
             log_results(trainer, self._settings, results)
         console = Console()
         console.print(_closing_table(self.values))
-        rest = f"The other metrics and costs: {run_directory / 'metrics.json'}"
+        rest = f"All figures: {run_directory / 'metrics.json'}"
         console.print(escape_controls(rest), soft_wrap=True, markup=False)
         for logger in loggers:
             console.print(f"Look inside: {escape_controls(viewer_hint(logger))}", soft_wrap=True, markup=False)
@@ -263,20 +263,22 @@ def _closing_table(values: Mapping[str, float]) -> Table:
     After a test, the validation metrics are left out. So are metrics of training and lesser costs.
     """
     compared = "test" if any(key.startswith("test/") for key in values) else "val"
-    left_out = REST + (r"|val/.+" if compared == "test" else "")
+    left_out = NOT_IN_TABLE + (r"|val/.+" if compared == "test" else "")
     shown = [key for key in values if not re.fullmatch(left_out, key)]
-    gaps = {f"{compared}/{key.removeprefix('gap/')}": gap for key, gap in values.items() if key.startswith("gap/")}
+    gaps = {f"{compared}/{key.removeprefix('gap/')}": key for key in values if key.startswith("gap/")}
+    shown += [gap for key, gap in gaps.items() if key not in values]  # Such as gap/ood, which has no metric.
+    gaps = {key: gap for key, gap in gaps.items() if key in shown}
     headers = ("Result", "", *(["Gap"] if gaps else []))
     table = Table(*headers, show_edge=False, title="Run", title_justify="left")
     for key in sorted(shown, key=lambda key: key.startswith(COSTS)):
-        gap = [f"{'-' if gaps[key] < 0 else '+'}{_metric_text(abs(gaps[key]))}"] if key in gaps else []
+        gap = [_metric_text(values[gaps[key]], "+")] if key in gaps else []
         table.add_row(escape_controls(key), quantity_text(key, values[key]) or _metric_text(values[key]), *gap)
     return table
 
 
-def _metric_text(value: float) -> str:
+def _metric_text(value: float, sign: str = "") -> str:
     """Return a metric with four decimals, or with three significant digits if it is below 0.001."""
-    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.3g}"
+    return f"{value:{sign}.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:{sign}.3g}"
 
 
 def _projection_table(module: AdaptedModule) -> Table:

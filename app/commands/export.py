@@ -137,7 +137,8 @@ def run(arguments: Namespace) -> None:
     checkpoint = find_checkpoint(arguments.runs[0])
     module = load_module(checkpoint, changes)
     notes = _truncate(module, checkpoint, arguments) if truncates else {}
-    default_dtype = module.backbone_dtype if arguments.format == "merged" else torch.float32
+    keeps_dtype = arguments.format == "merged" and module.class_names != []  # bfloat16 would round a score of 683.
+    default_dtype = module.backbone_dtype if keeps_dtype else torch.float32
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype
     rounding = merge_rounding(module.backbone, dtype) if arguments.format == "merged" else None
     dtype_name = str(dtype).removeprefix("torch.")

@@ -39,11 +39,11 @@ def can_change_evaluation(key: str, reads_splits: bool) -> bool:
 
     Args:
         key: The key, such as `data.max_length`.
-        reads_splits: False for a prediction of rows outside of the splits.
+        reads_splits: False if the rows come from `data.predict_path`.
     """
     section, name = key.split(".")[:2]
-    is_fixed = name in _WITHOUT_EFFECT[section] or f"{section}.{name}" in _FIXED
-    return not is_fixed and (reads_splits or section == "model" or name not in _SPLITS)
+    has_no_effect = name in _WITHOUT_EFFECT[section] or f"{section}.{name}" in _FIXED
+    return not has_no_effect and (reads_splits or section == "model" or name not in _SPLITS)
 
 
 def compare_configurations(saved: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def report_differences(
         of_variant: Keys that the variant sets. The variant replaces keys of the configuration files.
         from_words: Values of the configuration files, the variant and the command line.
         final: Values of the command.
-        reported: True for the keys whose values in the configuration files are compared.
+        reported: Predicate on dotted keys. If false, a replaced value of a configuration file is not logged.
     """
     for section, content in saved.items():
         used = dotted(final[section].init_args.as_dict())
@@ -171,10 +171,10 @@ def report_differences(
 
 def run_precision(run: Path | None) -> dict[str, Any]:
     """Return the `trainer.precision` of a run as a section; empty if the run or its config.yaml is not known."""
-    with suppress(UsageError):  # An evaluation needs no config.yaml.
-        trainer = {} if run is None else read_yaml(str(run / "config.yaml")).get("trainer")
-        if isinstance(trainer, dict) and "precision" in trainer:
-            return {"trainer": {"precision": trainer["precision"] or "32-true"}}
+    path = None if run is None else run / "config.yaml"
+    trainer = read_yaml(str(path)).get("trainer") if path is not None and path.is_file() else None
+    if isinstance(trainer, dict) and "precision" in trainer:
+        return {"trainer": {"precision": trainer["precision"] or "32-true"}}
     return {}
 
 

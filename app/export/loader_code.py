@@ -146,6 +146,8 @@ def peft_loader(module: AdaptedModule) -> Loader:
     not the names of the labels.
     """
     imports, lines = _timm_base(cast("ImageClassifier", module)) if is_timm(module) else _transformers_base(module)
+    if module.class_names == [] and module.backbone_dtype != torch.float32:
+        lines.append("base = base.float()  # Frozen weights as in training. The head of a regression needs float32.")
     code = [*lines, "model = peft.PeftModel.from_pretrained(base, ADAPTER)"]
     prediction: Code = [], [], []
     if is_timm(module):
@@ -294,7 +296,8 @@ def _auto_call(module: AdaptedModule) -> list[str]:
     if not isinstance(module, TextModel) or module.hparams["weights"] != "pretrained" or _source(module)[1]:
         return []
     auto_class = AUTO_CLASSES[str(module.peft_task)].replace("Auto", "peft.AutoPeft")
-    options = _config_changes(module) | {"dtype": str(module.backbone_dtype).removeprefix("torch.")}
+    dtype = torch.float32 if module.class_names == [] else module.backbone_dtype
+    options = _config_changes(module) | {"dtype": str(dtype).removeprefix("torch.")}
     call = _call(f"{auto_class}.from_pretrained", ADAPTER, **options, **_head_options(module))
     return ["", "# In one line, where PEFT finds the backbone that adapter_config.json names:", f"# model = {call}"]
 

@@ -259,8 +259,8 @@ def check_image_path(path: str) -> None:
     Raises:
         DataError: If the path does not exist, is a file, or holds tables of texts and no image.
     """
-    is_text_table = (kind_of(Path(path)) or ".parquet") != ".parquet"
-    advice = f" {TEXT_RECIPES}" if is_text_table else ""
+    kind = kind_of(Path(path))
+    advice = "" if kind in (None, ".parquet") else f" {TEXT_RECIPES}"  # Parquet may hold images.
     if os.path.isfile(path):
         raise DataError(
             f"data.path: {path} is not a directory. Give a directory or a data set's name on the hub.{advice}"

@@ -20,6 +20,10 @@ HIDDEN_LABELS = (
 BOOLEANS = ["False", "True"]
 UNKNOWN = -1  # Value of a row without a label.
 PLAIN_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+PLAIN = (
+    "For a regression, write plain numbers such as 1234.5, without currency signs, units or separators. Leave the cell "
+    "of a row without a number empty, and set data.skip_bad_rows."
+)
 NUMBER_WITH_SIGNS = re.compile(r"\W*\d[\d.,'\s]*(\W*|\s?[a-zA-Z]{1,3})")  # Such as $700, 1,234.50, 12 % and 5 km.
 
 
@@ -42,6 +46,23 @@ class Labels:
     bad: Mapping[int, str] = field(default_factory=dict)
     left_out: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+
+    def refuse_numbers_as_names(self, column: str) -> None:
+        """Check that class names which hardly recur are not numbers, such as `$700` or `1,234.50`.
+
+        Raises:
+            DataError: If most of the names look like numbers. The message has a name that is no plain number.
+        """
+        numbers = [name for name in self.class_names if len(name) < 40 and NUMBER_WITH_SIGNS.fullmatch(name.strip())]
+        if len(self.class_names) <= max(10, len(self.values) // 10) or 2 * len(numbers) <= len(self.class_names):
+            return
+        others = (name for name in self.class_names if not PLAIN_NUMBER.fullmatch(name.strip()))
+        example = next(others, None)
+        advice = "For a regression, set model.class_names to []." if example is None else PLAIN
+        raise DataError(
+            f"data.label_column: {column} in {self.where} holds numbers as text, such as "
+            f"{example or numbers[0]!r:.80}. {advice} For classes, set model.class_names to the names."
+        )
 
     def matched(self, class_names: list[str]) -> Tensor:
         """Return the labels as indices into another list of classes, matched by name.
@@ -126,6 +147,8 @@ def parse_labels(
     if len(null) == len(cells):
         raise DataError(f"data.label_column: {column} in {table.where} is empty in every row. Name another column.")
     bad = dict.fromkeys(sorted(null - left_out), "is empty")
+    if class_names == () and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        cells = _typed(cells)
     kind = cells.type
     if pa.types.is_boolean(kind):
         cells, kind, class_names = cells.cast(pa.int64()), pa.int64(), class_names or tuple(BOOLEANS)
@@ -149,14 +172,15 @@ def parse_labels(
         values, names = _from_names(cells, column, table.where, class_names)
         wrong = {}
         if not class_names:
-            _check_names(cells, column, table.where, names)
-            notes += _many(column, table.where, len(names), "names", len(cells), "")
+            notes += _rare_class_note(column, table.where, len(names), "names", len(cells), "")
         notes += _alike(column, table.where, names)
     else:
         needed = "whole numbers or names" if class_names else "numbers" if class_names == () else "numbers or names"
         advice = " A row has one label: lists of labels are not supported." if pa.types.is_list(kind) else ""
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            advice = _first_text(cells)
+            texts = ((r, c) for r, c in enumerate(cells.to_pylist()) if c and not PLAIN_NUMBER.fullmatch(c.strip()))
+            row, cell = next(texts, (0, cells[0].as_py()))
+            advice = f" Row {row} holds {cell!r:.80}. {PLAIN}"
         raise DataError(
             f"data.label_column: {column} in {table.where} must hold {needed}, and it holds {str(kind)[:80]}.{advice}"
         )
@@ -287,39 +311,19 @@ def _placed(coded: Any, places: Mapping[Any, int]) -> Tensor:
 
 def _doubts(column: str, where: str, names: list[str], rows: int) -> tuple[str, ...]:
     """Return lines about whole numbers that may not be classes."""
-    lines = _many(column, where, len(names), "whole numbers", rows, "; for a regression set model.class_names to []")
+    lines = _rare_class_note(
+        column, where, len(names), "whole numbers", rows, "; for a regression set model.class_names to []"
+    )
     if names[0] == "-1" and names[1:] == [str(i) for i in range(len(names) - 1)]:
         lines += (f"{column} of {where}: -1 is read as a class; data.skip_label: -1 leaves such rows out",)
     return lines
 
 
-def _many(column: str, where: str, count: int, content: str, rows: int, advice: str) -> tuple[str, ...]:
+def _rare_class_note(column: str, where: str, count: int, content: str, rows: int, advice: str) -> tuple[str, ...]:
     """Return a line about classes with few rows each; empty if the classes have more rows."""
     if count <= max(10, rows // 10):
         return ()
     return (f"{column} of {where}: {count:,} different {content} in {rows:,} rows are read as classes{advice}",)
-
-
-def _check_names(cells: Any, column: str, where: str, names: list[str]) -> None:
-    """Check that names which hardly recur are not numbers with signs, such as `$700` or `1,234.50`.
-
-    Raises:
-        DataError: If most of the names are numbers. The message has the first cell that is no plain number.
-    """
-    numbers = sum(NUMBER_WITH_SIGNS.fullmatch(name.strip()) is not None for name in names)
-    if len(names) > max(10, len(cells) // 10) and numbers > len(names) / 2:
-        raise DataError(f"data.label_column: {column} in {where} holds numbers as text.{_first_text(cells)}")
-
-
-def _first_text(cells: Any) -> str:
-    """Return advice about the first cell of a column of text that is no plain number."""
-    for row, cell in enumerate(cells.to_pylist()):
-        if cell is not None and not PLAIN_NUMBER.fullmatch(cell.strip()):
-            return (
-                f" Row {row} holds {cell!r:.80}. For a regression, write plain numbers such as 1234.5, without signs "
-                "or separators. A row without a number needs an empty cell and data.skip_bad_rows."
-            )
-    return ""
 
 
 def _alike(column: str, where: str, names: list[str]) -> tuple[str, ...]:

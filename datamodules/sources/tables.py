@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # A run on a folder of images does not import `datasets`.
     import datasets
 
 ROWS = ("data", "rows", "examples", "records")  # Keys of a JSON object that holds a list of rows.
-INDEX = "__index_level_0__"  # Column of pandas' index: in Parquet of filtered rows, and in CSV with too long rows.
+INDEX = "__index_level_0__"  # Column of pandas' index. In CSV, it shows rows that are longer than the header.
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,10 @@ def check_tables(path: str) -> None:
     """
     check_path(path)
     if os.path.isdir(path) and not tables_below(Path(path)):
-        raise DataError(f"data.path: {path} holds no table ({', '.join(READERS)}).{_advice_for_images(path)}")
+        raise DataError(
+            f"data.path: {path} holds no table. Give a folder with files of {', '.join(READERS)}."
+            f"{_advice_for_images(path)}"
+        )
 
 
 def _advice_for_images(path: str) -> str:

@@ -28,8 +28,8 @@ class RowWeights(NamedTuple):
     adapter_index: Tensor
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight also under autocast: bfloat16 would round 683 to 684."""
+class NoAutocastLinear(nn.Linear):
+    """A linear layer that ignores autocast and computes in the dtype of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x·Wᵀ + b, (..., d_out), for inputs (..., d_in)."""
@@ -42,7 +42,7 @@ class RowLinear(nn.Module):
 
     Args:
         weights: Weights of the adapters, and the adapter of each row.
-        autocasts: If false, autocast does not change the dtype, as in `Float32Linear`.
+        autocasts: If false, the layer ignores autocast, as `NoAutocastLinear` does.
     """
 
     def __init__(self, weights: RowWeights, *, autocasts: bool = True) -> None:
@@ -103,7 +103,7 @@ def mixed_batch(
             bts = [(bt if ratio == 1 else ratio * bt).to(layer.frozen.dtype) for ratio, bt in parts]
             layer.mixed = MixedFactors(bts, index)
         for name, weights in (heads or {}).items():
-            task.set_submodule(name, RowLinear(weights, autocasts=not isinstance(replaced[name], Float32Linear)))
+            task.set_submodule(name, RowLinear(weights, autocasts=not isinstance(replaced[name], NoAutocastLinear)))
         yield
     finally:
         for layer in layers.values():

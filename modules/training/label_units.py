@@ -9,18 +9,20 @@ from typing import Any
 import torch
 
 from datamodules.errors import ModelError
-from modules.adapters.mixed import Float32Linear
+from modules.adapters.mixed import NoAutocastLinear
 
 FAR = 10.0  # An optimizer hardly moves a bias by more standard deviations of the labels than this.
 
 
-class LabelUnitsLinear(Float32Linear):
+class LabelUnitsLinear(NoAutocastLinear):
     """Linear layer with weights in the units of the labels, which trains like a layer on standardized labels.
 
     Let the labels y have the mean m and the standard deviation u. On the standardized labels (y − m) / u, the layer
     would have the weight w / u and the bias (b − m) / u. The task divides the loss by u². The optimizer steps between
     `standardize` and `restore`, so that every optimizer steps as on standardized labels. Some optimizers, such as
     Adafactor, depend on the size of the weights. Files contain plain weights in the units of the labels.
+
+    The layer ignores autocast, since bfloat16 has only multiples of 4 near 700.
 
     Args:
         d_in: Size of the inputs.
@@ -41,21 +43,24 @@ class LabelUnitsLinear(Float32Linear):
 
         Args:
             mean: Mean of the training labels.
-            deviation: Standard deviation of the training labels, 0 or more. A unit of 0 is replaced by 1.
+            deviation: Standard deviation of the training labels, above 0.
         """
         self.mean = mean
-        self.unit = (deviation if self.bias is not None else math.hypot(mean, deviation)) or 1.0
+        self.unit = deviation if self.bias is not None else math.hypot(mean, deviation)
         if self.is_random:
             self._to_label_units()
             self.is_random = False
 
-    def warning(self, mean: float, deviation: float) -> str | None:
+    def far_mean_warning(self, mean: float, deviation: float) -> str | None:
         """Return a warning if the bias is far from the mean of the training labels; None otherwise."""
         bias = None if self.bias is None else float(self.bias.detach())
         if abs((bias or 0.0) - mean) <= FAR * deviation:
             return None
         layer = "no bias" if bias is None else f"the bias {bias:.4g}"
-        advice = "Use labels in the units of the loaded weights, or start a new run with model.label_scaling: null."
+        advice = (
+            "For a loaded head, use labels in the units that the head was trained on. For a new head, set "
+            "model.label_scaling to null."
+        )
         return (
             f"data.label_column: the training labels have the mean {mean:.4g} and the standard deviation "
             f"{deviation:.4g}, and the output layer has {layer}. Such labels are hardly learned. "
@@ -91,12 +96,12 @@ def check_label_scaling(scaling: Sequence[float] | None) -> None:
     """Check mean and standard deviation of labels.
 
     Raises:
-        ModelError: If they are not two finite numbers, or if the standard deviation is negative.
+        ModelError: If they are not two finite numbers, or if the standard deviation is not above 0.
     """
-    if scaling is not None and not (len(scaling) == 2 and all(map(math.isfinite, scaling)) and scaling[1] >= 0):
+    if scaling is not None and not (len(scaling) == 2 and all(map(math.isfinite, scaling)) and scaling[1] > 0):
         raise ModelError(
-            f"model.label_scaling: {list(scaling)} must be the mean and the standard deviation of the labels, finite, "
-            "with a deviation of 0 or more. Use null to take both from the data."
+            f"model.label_scaling: {list(scaling)} must be two finite numbers: the mean of the labels, and "
+            "the standard deviation, above 0. Use null to take both from the data."
         )
 
 

@@ -91,7 +91,7 @@ def test_a_run_learns_and_writes_the_files_and_metrics_of_the_contract(
         assert re.match(r"[+-]\d", rows[name][1])
         assert float(rows[name][1]) == pytest.approx(metrics[name.replace("test", "gap")], abs=6e-5)
     assert rows["params/trainable"][0] == f"{metrics['params/trainable']:,}"
-    assert f"The other metrics and costs: {cli.run() / 'metrics.json'}\n" in out
+    assert f"All figures: {cli.run() / 'metrics.json'}\n" in out
     config = yaml.safe_load((cli.run() / "config.yaml").read_text())
     assert config["model"]["init_args"]["adapter"]["rank"] == 4
     assert sorted(p.name for p in (cli.run() / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]

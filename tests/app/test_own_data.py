@@ -92,9 +92,14 @@ TABLES = ".parquet, .csv, .tsv, .jsonl, .ndjson, .json"
     [
         ("fit", "images", {"path": "MADE/reviews.csv"}, f"a directory or a data set's name on the hub. {FOR_TEXTS}"),
         ("fit", "images", {"path": "MADE/tables"}, f"MADE/tables holds tables and no images. {FOR_TEXTS}"),
-        ("fit", "texts", {"path": "MADE/photos"}, f"MADE/photos holds no table ({TABLES}). {FOR_IMAGES}"),
+        (
+            "fit",
+            "texts",
+            {"path": "MADE/photos"},
+            f"MADE/photos holds no table. Give a folder with files of {TABLES}. {FOR_IMAGES}",
+        ),
         ("fit", "summaries", {"path": "MADE/photos/cat/1.png"}, f"must be one of {TABLES}. {FOR_IMAGES}"),
-        ("fit", "chats", {"path": "conf"}, f"conf holds no table ({TABLES})."),
+        ("fit", "chats", {"path": "conf"}, f"conf holds no table. Give a folder with files of {TABLES}."),
         ("fit", "texts", {"path": "reviws.csv"}, "data.path: reviws.csv is not here"),
         ("fit", "chats", {"path": "./chats.jsonl"}, "data.path: ./chats.jsonl is not here"),
         ("test", "summaries", {"path": "README.md"}, "data.path: README.md must be one of .parquet"),

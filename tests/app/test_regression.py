@@ -108,7 +108,7 @@ def test_weights_far_from_the_labels_are_a_warning(
     fit("--trainer.max_epochs=1", f"--model.adapter_path={text_cli.run(0) / 'adapter'}", mean=5, unit=0.1)
     warning = capsys.readouterr().err
     assert "have the mean 5.025 and the standard deviation 0.05, and the output layer has the bias 742" in warning
-    assert "Use labels in the units of the loaded weights" in warning
+    assert "use labels in the units that the head was trained on" in warning
 
 
 def test_an_output_layer_without_bias_needs_labels_near_zero(
@@ -156,7 +156,7 @@ def test_small_numbers_keep_their_digits(text_cli: CommandLine, fit: Callable[..
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.label_scaling=[1, -1]"], "model.label_scaling: [1.0, -1.0] must be the mean and the standard"),
+        (["--model.label_scaling=[1, -1]"], "model.label_scaling: [1.0, -1.0] must be two finite numbers"),
         (["--model.label_scaling=[1, 2]"], "model.label_scaling: a classification has no numbers to scale."),
     ],
 )

@@ -456,6 +456,9 @@ MODULES: dict[str, Callable[[Path], Any]] = {
         str(save_classifier(p / "head", "roberta", ["x", "y"])), class_names=["no", "yes", "perhaps"], adapter=EVERY
     ),
     "regression": lambda p: TextClassifier(str(save_backbone(p, "roberta")), class_names=[], adapter=EVERY),
+    "regression bfloat16": lambda p: TextClassifier(
+        str(save_backbone(p, "roberta")), class_names=[], adapter=EVERY, backbone_dtype="bfloat16"
+    ),
     "bart": lambda p: summary_module(p, "bart"),
     "t5": lambda p: summary_module(p, "t5"),
     "bart none": lambda p: summary_module(p, "bart", "none"),
@@ -545,6 +548,8 @@ def test_case_13_the_code_of_an_export_gives_the_same_logits(
         capsys.readouterr()
         names = run_program(code)
         assert not names["model"].training
+        if module.class_names == [] and form is export_peft:  # bfloat16 would round a prediction of 683
+            assert all(p.dtype == torch.float32 for n, p in names["model"].named_parameters() if "classifier" in n)
         assert prediction is None or "bfloat16" in name or capsys.readouterr().out.strip() == prediction
         error, update = (float((logits - expected).norm()) for logits in (ask(module, names["model"]), frozen))
         assert error < (0.1 if "bfloat16" in name else 1e-3) * update
