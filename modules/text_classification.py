@@ -232,7 +232,7 @@ class TextClassifier(AdaptedModule):
         return transformers_prefix(self.backbone, self.projections, heads, self.trainer, self)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        """Return the weighted cross-entropy of a batch, or in a regression the scaled squared error."""
+        """Return the weighted cross-entropy of a batch, or in a regression the squared error over the squared unit."""
         outputs, label = self(batch), batch["label"]
         weights = None if self.loss_weights is None else self.loss_weights.to(outputs.device)
         return self._losses(outputs, label, weights, "mean")

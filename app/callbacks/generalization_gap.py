@@ -144,9 +144,8 @@ def _validation_rows(trainer: L.Trainer, batch_size: int) -> float:
     loaders = trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
     rows = 0.0
-    for batches, loader in zip(
-        trainer.num_val_batches, loaders, strict=False
-    ):  # Without a validation, num_val_batches is empty.
+    # Without a validation, num_val_batches is empty.
+    for batches, loader in zip(trainer.num_val_batches, loaders, strict=False):
         most = batches * batch_size * trainer.world_size
         is_sized = isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized)
         rows += min(most, len(loader.dataset)) if is_sized else most

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 # results that compare runs; the results of each category and environment are left out
 RESULTS = re.compile(r"best/.+|test/[^/]+|params/trainable|time/fit_seconds")
 COSTS = ("params/", "adapter/", "time/", "memory/")
-NOT_IN_TABLE = r"params/total|train/.+|train_eval/.+|gap/.+|time/(?!fit_).+"  # Absent, or beside a metric.
+NOT_IN_TABLE = r"params/total|train/.+|train_eval/.+|gap/.+|time/(?!fit_).+"  # Left out, or beside a metric.
 
 
 class RunSummary(L.Callback):
@@ -258,9 +258,9 @@ def _finite(value: Any) -> bool:
 
 
 def _closing_table(values: Mapping[str, float]) -> Table:
-    """Return the table of the results, then of the costs. A gap stands beside the metric it was computed from.
+    """Return the table of results and costs. A gap stands beside the held-out metric of the same name.
 
-    After a test, the validation metrics are left out. So are metrics of training and lesser costs.
+    The table leaves out training metrics and lesser costs and, after a test, the validation metrics.
     """
     compared = "test" if any(key.startswith("test/") for key in values) else "val"
     left_out = NOT_IN_TABLE + (r"|val/.+" if compared == "test" else "")

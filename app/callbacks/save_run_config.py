@@ -36,7 +36,7 @@ class SaveRunConfig(SaveConfigCallback):
         if self.config["find_lr"]:  # The search has ended.
             self.config["find_lr"] = False
             self.config["model.init_args.learning_rate"] = float(pl_module.learning_rate)  # type: ignore[arg-type]
-        elif self.is_new:
+        elif self.is_new:  # `save_config` has written the same content.
             return
         if trainer.fast_dev_run or not path.exists() or path.read_bytes() == self._content():  # type: ignore[attr-defined]
             return
